@@ -18,10 +18,10 @@ import msgspec
 from device_profiles.first_boot import command as first_boot
 from device_profiles.flash import command as flash
 from device_profiles.image import command as image
-from edge_runtime.common.options import add_flag, add_option, add_version_option
+from edge_runtime.common.options import add_flag, add_option, add_version_option, number
+from edge_runtime.common.program import run_program
 from edge_runtime.common.terminal import new_console, print_note
 from edge_runtime.planning.board_profile import ProfileError, cache_bytes, find_profile, read_profile, shipped_profiles
-from edge_runtime.protocol.errors import FlexSpecError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,17 +62,7 @@ MAX_LOAD = 0.25
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, 2 for a bad profile or argument, or as `edge-runtime`."""
     options = build_parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except ProfileError as error:
-        print_note(f"device-profile: {error}")
-        return 2
-    except FlexSpecError as error:
-        print_note(f"device-profile: {error}")
-        return error.exit_code
-    except KeyboardInterrupt:
-        print_note("device-profile: interrupted; nothing was written")
-        return 130
+    return run_program("device-profile", lambda: int(options.run(options)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -122,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--title", default="", help="display name (default: the board's model)")
     add_option(calibrate, "--like PROFILE", "copy power, radios and sensors that cannot be measured from this profile")
     text = "duration, at most 7200 (default: %(default)g); a board without a cooler takes minutes to throttle"
-    calibrate.add_argument("--seconds", type=float, default=180.0, help=text)
+    calibrate.add_argument("--seconds", type=number(MIN_SECONDS, MAX_SECONDS), default=180.0, help=text)
     add_flag(calibrate, "--force", "replace existing files")
     calibrate.set_defaults(run=_calibrate)
 
@@ -206,8 +196,6 @@ def _calibrate(options: argparse.Namespace) -> int:
         raise ProfileError(f"--name {name} and --output {path} differ, but a profile is named after its file: omit one")
     if name != _slug(name):
         raise ProfileError(f"{name!r} is not a valid profile name: use lowercase letters, digits, dots and dashes")
-    if not MIN_SECONDS <= options.seconds <= MAX_SECONDS:
-        raise ProfileError(f"--seconds {options.seconds:g} is outside {MIN_SECONDS:g} to {MAX_SECONDS:g}")
     output.check_writable(path, options.force)
     like = find_profile(options.like) if options.like else None
     model = machine.read_device_tree_model()
@@ -227,10 +215,15 @@ def _calibrate(options: argparse.Namespace) -> int:
         sensor=meter.source,
     )
     links: dict[str, float] = {}
-    with _progress(options.seconds) as tick:
-        if options.verifier:
-            links[options.verifier] = asyncio.run(measure_link(options.verifier, LINK_SHARE * options.seconds, tick))
-        profile = calibrate(config, meter, tick)
+    try:
+        with _progress(options.seconds) as tick:
+            if options.verifier:
+                seconds = LINK_SHARE * options.seconds
+                links[options.verifier] = asyncio.run(measure_link(options.verifier, seconds, tick))
+            profile = calibrate(config, meter, tick)
+    except KeyboardInterrupt:
+        print_note("device-profile: interrupted; nothing was written")
+        raise
     manifest = read_bundle(options.bundle, verify=False).manifest
     output.save(path, profile, output.draft_chart(profile, cache_bytes(manifest)))
     if options.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import functools
@@ -14,12 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 
 import cloud_verifier.cli.main
 import device_profiles.cli
 import edge_runtime.cli.main
 import export.cli.main
+from edge_runtime.protocol.sampling import Sampling
+from edge_runtime.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("edge_runtime", "cloud_verifier", "export", "device_profiles")
@@ -235,3 +239,20 @@ def test_what_a_text_mentions_exists(document: Path) -> None:
     modules = re.findall(rf"python3? -m ((?:{tops})(?:\.[a-z_0-9]+)*)(?![\w.])", text)
     assert [name for name in modules if importlib.util.find_spec(name) is None] == []
     assert [path for path in re.findall(rf"`((?:{tops})/[\w./-]+)", text) if not (ROOT / path).exists()] == []
+
+
+def test_every_number_of_a_command_line_has_a_range() -> None:
+    """`whole_number` and `number` refuse what is negative, infinite or no number; settings and `Sampling` do, too."""
+
+    def options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    yield from options(command)
+            else:
+                yield action
+
+    checked = SETTINGS.keys() | {field.name for field in msgspec.structs.fields(Sampling)} | {"stop_id"}
+    for build_parser in PROGRAMS.values():
+        for action in options(build_parser()):
+            assert action.type not in (int, float) or action.choices or action.dest in checked, action.option_strings

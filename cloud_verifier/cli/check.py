@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.options import add_flag, add_option, whole_number
 
 DESCRIPTION = """\
 Reports how `cloud-verifier serve` would run a target: fast or general tier, context, memory of the KV cache,
@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
     )
-    add_option(parser, "--max-context TOKENS", "longest text (default: the model's own limit)", type=int)
+    add_option(parser, "--max-context TOKENS", "longest text (default: the model's own limit)", type=whole_number(1))
     add_flag(parser, "--json", "print one JSON object")
     parser.set_defaults(run=run)
 

@@ -1,4 +1,4 @@
-"""`cloud-verifier`: the entry point, and the commands `generate` and `service`.
+"""`cloud-verifier`: the entry point, and the command `service`.
 
 Parsers and the commands `token` and `service` must work on the base install, without torch: only functions of commands
 that need the extras import them.
@@ -7,19 +7,14 @@ that need the extras import them.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
-from cloud_verifier.cli import check, serve, targets, token
-from cloud_verifier.cli.serve import positive
+from cloud_verifier.cli import check, generate, serve, targets, token
+from cloud_verifier.cli.serve import MAX_THREADS
 from edge_runtime.common import logs
 from edge_runtime.common.extras import describe_missing_extra
-from edge_runtime.common.grammar_options import add_grammar_options, read_grammar
-from edge_runtime.common.options import add_option, add_version_option
-from edge_runtime.common.sampling_options import add_sampling_options, read_sampling
-from edge_runtime.common.terminal import print_note
-from edge_runtime.protocol.errors import FlexSpecError, InputError
+from edge_runtime.common.options import add_option, add_version_option, whole_number
+from edge_runtime.common.program import run_program
 from edge_runtime.systemd.actions import add_service_parser, run_action
 from edge_runtime.systemd.units import ServiceUnit
 
@@ -52,16 +47,6 @@ examples, with your own model and GPUs:
   cloud-verifier service install --now /srv/models/Llama-3.1-8B -- --device cuda --dtype bfloat16
 """
 
-GENERATE_DESCRIPTION = """\
-Decodes with the target alone, by transformers' own `generate` and the rule of sampling: the reference for every text
-that a board gets.
-
-examples:
-  cloud-verifier generate family/target-v1 "def main(" --max-new-tokens 32
-  cloud-verifier generate family/target-v1 "The sea is" --temperature 0.7 --seed 1
-  echo '{"ids": [1, 2, 3], "max_new_tokens": 8}' | cloud-verifier generate family/target-v1 --jobs -
-"""
-
 SERVICE_DESCRIPTION = """\
 Runs the verifier under systemd: started at boot, supervised by a watchdog, restarted after a failure, and sandboxed.
 Secrets are files in /etc/credstore that only root can read: flexspec.verifier-tokens (see `cloud-verifier token
@@ -83,17 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
     options = build_parser().parse_args(arguments)
     logs.configure(options.log_level, "cloud-verifier", form=options.log_format)
-    try:
-        return int(options.run(options))
-    except FlexSpecError as error:
-        print_note(f"cloud-verifier: {error}")
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        extra = "scale" if getattr(options, "replicas", None) else "cloud"
-        print_note(f"cloud-verifier: {describe_missing_extra(error, EXTRA_MODULES, extra)}")
-        return InputError.exit_code
-    except KeyboardInterrupt:
-        return 130
+    extra = "scale" if getattr(options, "replicas", None) else "cloud"
+    return run_program(
+        "cloud-verifier",
+        lambda: int(options.run(options)),
+        lambda error: describe_missing_extra(error, EXTRA_MODULES, extra),
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -112,42 +92,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model_options = argparse.ArgumentParser(add_help=False, parents=[device_options])
     text = "longest text (default: the model's own limit)"
-    add_option(model_options, "--max-context TOKENS", text, type=positive)
+    add_option(model_options, "--max-context TOKENS", text, type=whole_number(1))
     text = (
         "quantize the target's layers: to int8, or on a GPU to fp8 or, with torchao (flexspec[quantize]), int4; texts "
         "are then those of the quantized target, whose version ends with the method"
     )
     add_option(model_options, "--quantize METHOD", text, choices=("int8", "int4", "fp8"))
-    model_options.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads of torch (default: torch's choice)"
-    )
+    text = "CPU threads of torch (default: torch's choice)"
+    model_options.add_argument("--threads", type=whole_number(0, MAX_THREADS), default=0, metavar="N", help=text)
 
     serve.add_parser(commands, model_options)
 
-    generate = commands.add_parser(
-        "generate",
-        parents=[model_options],
-        help="decode with the target alone, without a board: the reference for every other text",
-        description=GENERATE_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    generate.add_argument(
-        "target",
-        type=Path,
-        metavar="TARGET",
-        help="directory of a Hugging Face checkpoint or a PEFT adapter, or a GGUF file",
-    )
-    generate.add_argument("prompt", nargs="*", metavar="PROMPT", help="one or more prompts (default: standard input)")
-    generate.add_argument("--max-new-tokens", type=positive, default=128, help="default: %(default)s")
-    add_sampling_options(generate)
-    add_grammar_options(generate)
-    text = (
-        'read jobs, JSON lines {"ids": [...], "max_new_tokens": n, "sampling": {...}}, from FILE or "-", and print the '
-        "new ids of each as a JSON line"
-    )
-    add_option(generate, "--jobs FILE", text, type=Path)
-    generate.set_defaults(run=_generate)
-
+    generate.add_parser(commands, model_options)
     check.add_parser(commands)
     targets.add_parser(commands, device_options)
     token.add_parser(commands)
@@ -157,45 +113,3 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _service(options: argparse.Namespace) -> int:
     return run_action(options, lambda words: build_parser().parse_args(words))
-
-
-def _generate(options: argparse.Namespace) -> int:
-    import msgspec
-    import torch
-    from tokenizers import Tokenizer
-
-    from cloud_verifier.model.converted_checkpoints import resolve_checkpoint
-    from cloud_verifier.model.reference import generate_reference
-    from cloud_verifier.model.target import load_model
-    from edge_runtime.protocol.sampling import Sampling, validate_prompt
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    model, base, end_ids = load_model(
-        resolve_checkpoint(options.target), options.device, options.dtype, options.quantize or ""
-    )
-    vocabulary_size = model.config.get_text_config(decoder=True).vocab_size
-    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    if options.jobs:
-        try:
-            lines = sys.stdin if str(options.jobs) == "-" else options.jobs.open()
-        except OSError as error:
-            raise InputError(f"cannot read {options.jobs}: {error.strerror}") from None
-        for line in lines:
-            try:
-                job = msgspec.json.decode(line)
-                sampling = msgspec.convert(job.get("sampling", {}), Sampling)
-                validate_prompt(job["ids"], vocabulary_size)
-                max_new_tokens = int(job["max_new_tokens"])
-            except (msgspec.MsgspecError, KeyError, TypeError, AttributeError, ValueError) as error:
-                raise InputError(f"not a job: {line.strip()[:80]} ({error})") from None
-            new_ids = generate_reference(model, job["ids"], sampling, max_new_tokens, end_ids, tokenizer=tokenizer)
-            print(json.dumps(new_ids), flush=True)
-        return 0
-    sampling = read_sampling(options, grammar=read_grammar(options))
-    for prompt in options.prompt or [sys.stdin.read()]:
-        ids = tokenizer.encode(prompt).ids
-        validate_prompt(ids, vocabulary_size)
-        new_ids = generate_reference(model, ids, sampling, options.max_new_tokens, end_ids, tokenizer=tokenizer)
-        print(prompt + tokenizer.decode(new_ids))
-    return 0

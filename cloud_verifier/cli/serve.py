@@ -18,7 +18,8 @@ from cloud_verifier.registry.catalog import NAME
 from edge_runtime.common.connections import DEFAULT_CONNECTIONS, ConnectionLimits
 from edge_runtime.common.credentials import find_credential
 from edge_runtime.common.network import check_ca_file, check_host_name, is_loopback
-from edge_runtime.common.options import add_option
+from edge_runtime.common.options import add_option, number, whole_number
+from edge_runtime.common.program import killed_by_sigint
 from edge_runtime.common.terminal import print_note
 from edge_runtime.protocol.errors import InputError
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from edge_runtime.common.http_server import ListenOptions
 
 log = logging.getLogger(__name__)
+
+# Chosen: more than a machine has cores.
+MAX_THREADS = 1024
 
 
 DESCRIPTION = """\
@@ -69,11 +73,11 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
     text = "serve every version in this registry, and apply its changes (see `cloud-verifier targets`)"
     option("--registry DIR", text, type=Path)
     text = "close the sessions of a retired version after this time"
-    option("--retired-seconds SECONDS", text, default=3600.0, type=_seconds)
+    option("--retired-seconds SECONDS", text, default=3600.0, type=number(0, 3600))
     text = "name of TARGET, as boards request it and versions show it (default: that of its directory)"
     option("--name NAME", text, type=_name)
     option("--host", "address to listen on", default="127.0.0.1")
-    option("--port", "0 picks a free port", default=8500)
+    option("--port", "0 picks a free port", default=8500, type=whole_number(0, 65535))
     option("--http", "HTTP version", default="auto", choices=["auto", "1", "2"])
     for name, text in (
         ("certificate", "PEM certificate chain: serve over TLS"),
@@ -97,7 +101,7 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
         "(default: systemd's credential verifier-tokens, else no token is required)",
     )
     text = "how long a forward waits for boards that are about to send a round; 0: not at all"
-    option("--batch-window MS", text, default=2.0, type=_milliseconds)
+    option("--batch-window MS", text, default=2.0, type=number(0, 1000))
     text = (
         "on CUDA: let torch fuse layers, which makes rounds a third faster; takes a while at the first start, after "
         "that the code is in the cache (default: on CUDA, but not with --gpus; layers that cannot be compiled, or "
@@ -123,27 +127,27 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
         "connections at once; when there are more, the address with most of them loses the one that has been idle for "
         "longest"
     )
-    option("--max-connections N", text, default=DEFAULT_CONNECTIONS.total, type=positive)
+    option("--max-connections N", text, default=DEFAULT_CONNECTIONS.total, type=whole_number(1))
     text = (
         "connections from one IPv4 address or IPv6 /64 network, this machine excepted; 0 for no limit of its own, for "
         "instance behind a proxy on another machine"
     )
-    option("--max-connections-per-address N", text, default=DEFAULT_CONNECTIONS.per_address, type=_count)
-    option("--max-body BYTES", "size of a request body", default=1 << 20, type=positive)
-    option("--max-sessions", "concurrent sessions", default=256, type=positive)
+    option("--max-connections-per-address N", text, default=DEFAULT_CONNECTIONS.per_address, type=whole_number())
+    option("--max-body BYTES", "size of a request body", default=1 << 20, type=whole_number(1))
+    option("--max-sessions", "concurrent sessions", default=256, type=whole_number(1))
     text = (
         "KV cache capacity in tokens, all sessions together (default, printed at start: what the GPU's free memory has "
         "room for; on a CPU half of the available memory, at most 262,144; with --gpus 262,144)"
     )
-    option("--max-tokens N", text, type=positive)
+    option("--max-tokens N", text, type=whole_number(1))
     text = "prefill every prompt as a whole, instead of reusing the KV caches of the same token's earlier sessions"
     serve.add_argument("--no-prefix-cache", action="store_true", help=text)
     text = "evict sessions, and on a CPU cached prefixes, that have been unused for longer, and free their memory"
     option("--idle-seconds SECONDS", text, default=600.0)
     text = "refuse new rounds while one has waited longer for its first token"
-    option("--max-queue-seconds SECONDS", text, default=3.0, type=_seconds)
+    option("--max-queue-seconds SECONDS", text, default=3.0, type=number(0, 3600))
     text = "at SIGTERM, let rounds in progress run this long while new ones are refused"
-    option("--grace SECONDS", text, default=10.0, type=_seconds)
+    option("--grace SECONDS", text, default=10.0, type=number(0, 3600))
     text = (
         "speculate on the server too: draft the target's own tokens with this bundle, on the CPU, or with this draft "
         "checkpoint (a directory with draft.json), on the target's device"
@@ -153,13 +157,13 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
         "most tokens to draft per forward; fewer where the draft is unsure, and none where measured times and "
         "acceptance say that they cost more than they save"
     )
-    option("--draft-tokens K", text, default=12, type=positive)
+    option("--draft-tokens K", text, default=12, type=whole_number(1))
     text = "CPU threads of the draft (default: one per core, at most 4)"
-    serve.add_argument("--draft-threads", type=int, default=0, help=text)
+    serve.add_argument("--draft-threads", type=whole_number(0, MAX_THREADS), default=0, metavar="N", help=text)
     text = "leave drafting to the boards while more than N rounds are running"
-    option("--draft-rounds N", text, default=4, type=positive)
+    option("--draft-rounds N", text, default=4, type=whole_number(1))
     text = "split the target over N GPUs of this machine (tensor parallelism), with a process for each"
-    option("--gpus N", text, default=1, type=positive)
+    option("--gpus N", text, default=1, type=whole_number(1))
     scale = serve.add_argument_group("replicas, with Ray Serve")
     text = (
         "number of replicas, or a range that is scaled with the load; each has its own copy of the target (and its own "
@@ -167,28 +171,13 @@ def add_parser(commands: Any, model_options: argparse.ArgumentParser) -> None:
     )
     add_option(scale, "--replicas MIN[-MAX]", text, type=_replica_range)
     text = "target number of rounds per replica, waiting ones included, for scaling"
-    add_option(scale, "--replica-rounds N", text, default=16, type=positive)
+    add_option(scale, "--replica-rounds N", text, default=16, type=whole_number(1))
     text = (
         "address of a Ray cluster, or auto; its machines need FlexSpec and TARGET at the same paths "
         "(default: start a cluster on this machine)"
     )
     add_option(scale, "--ray ADDRESS", text)
     serve.set_defaults(run=_serve)
-
-
-def positive(text: str) -> int:
-    """Parse a number of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is negative")
-    return number
 
 
 def _host_names(text: str) -> list[str]:
@@ -204,21 +193,6 @@ def _name(text: str) -> str:
     return text
 
 
-def _number_up_to(limit: int, text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= limit:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {limit}")
-    return number
-
-
-def _seconds(text: str) -> float:
-    return _number_up_to(3600, text)
-
-
-def _milliseconds(text: str) -> float:
-    return _number_up_to(1000, text)
-
-
 def _replica_range(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
     minimum, maximum = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
@@ -232,11 +206,12 @@ def _serve(options: argparse.Namespace) -> int:
     # when it is imported, and `serve_replicas` sets them.
     if options.replicas is not None and importlib.util.find_spec("ray") is None:
         raise ModuleNotFoundError("No module named 'ray'", name="ray")
-    import uvloop
+    with killed_by_sigint():
+        import uvloop
 
-    from cloud_verifier.api.server import serve
-    from cloud_verifier.engine.auth import Authenticator
-    from edge_runtime.common.http_server import ListenOptions
+        from cloud_verifier.api.server import serve
+        from cloud_verifier.engine.auth import Authenticator
+        from edge_runtime.common.http_server import ListenOptions
 
     # The watchdog ends a hanging process with SIGABRT; this prints the stacks of its threads.
     faulthandler.enable(2)

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.common.options import add_action, add_flag, add_option
+from cloud_verifier.cli.serve import MAX_THREADS
+from edge_runtime.common.options import add_action, add_flag, add_option, number, whole_number
 from edge_runtime.common.terminal import new_console, print_note
 from edge_runtime.protocol.errors import InputError, TargetError
 
@@ -83,7 +84,12 @@ def add_parser(commands: Any, device_options: argparse.ArgumentParser) -> None:
     add_flag(promote, "--unshared", f"promote it {UNSHARED_HELP}")
     text = "route a percentage of the new sessions of an alias to a version"
     canary = add_action(actions, "canary", _canary, text, parents=[registry, alias, version])
-    canary.add_argument("percent", type=float, metavar="PERCENT", help="percentage of new sessions; 0 ends the canary")
+    canary.add_argument(
+        "percent",
+        type=number(),
+        metavar="PERCENT",
+        help="percentage of new sessions; 0 ends the canary",
+    )
     add_flag(canary, "--unshared", f"route to it {UNSHARED_HELP}")
     rollback = add_action(actions, "rollback", _rollback, "undo the last change of an alias", parents=[registry])
     rollback.add_argument("alias", nargs="?", default="", metavar="ALIAS", help=f"default: {DEFAULT_ALIAS_HELP}")
@@ -104,7 +110,13 @@ def add_parser(commands: Any, device_options: argparse.ArgumentParser) -> None:
     add_option(check, "--text FILE", "text to evaluate on (default: one that ships, mostly code)", type=Path)
     text = "acceptable loss of acceptance rate, in percentage points"
     add_option(check, "--tolerance POINTS", text, default=3.0)
-    check.add_argument("--threads", type=int, default=0, help="CPU threads (default: the libraries' choice)")
+    check.add_argument(
+        "--threads",
+        type=whole_number(0, MAX_THREADS),
+        default=0,
+        metavar="N",
+        help="CPU threads (default: the libraries' choice)",
+    )
 
 
 def _list(options: argparse.Namespace) -> int:

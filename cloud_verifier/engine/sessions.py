@@ -367,17 +367,19 @@ class SessionStore:
 
         Raises:
             StoreFull: the sessions that cannot be evicted leave too little room; none was evicted for this.
-            VerifierRefused: `overloaded`: there would not be room in an empty store.
+            VerifierRefused: `context_overflow`: there would not be room in an empty store.
         """
         now = time.monotonic()
         self.evict_idle(exempt)
         present = self._reserved_tokens(exempt) if exempt else 0
         future = self._whole_pages(tokens + (len(exempt.ids) if exempt else 0))
         if future > self._limits.max_tokens:
+            limit = self._limits.max_tokens
             raise VerifierRefused(
-                ErrorCode.OVERLOADED,
+                ErrorCode.CONTEXT_OVERFLOW,
                 f"the session would take {future} tokens, and all sessions of this verifier together have room for "
-                f"{self._limits.max_tokens}; ask for less",
+                f"{limit}; ask for less",
+                detail={"limit": limit},
             )
         for session in self._choose_victims(_Holding(sessions, future - present), owner, exempt, now - ACTIVE_SECONDS):
             self._evict(session)

@@ -98,6 +98,25 @@ class GrammarLogitsProcessor(LogitsProcessor):
         return torch.from_numpy(masked).to(scores.device)
 
 
+class MinTokensLogitsProcessor(LogitsProcessor):
+    """Excludes the tokens that end the text while it is too short, unless a grammar allows nothing else.
+
+    Args:
+        end_ids: tokens that end the text.
+        prompt_length: number of tokens that were not generated.
+    """
+
+    def __init__(self, min_tokens: int, end_ids: frozenset[int], prompt_length: int, device: torch.device) -> None:
+        self._processor = MinNewTokensLengthLogitsProcessor(
+            prompt_length, min_tokens, sorted(end_ids), device=str(device)
+        )
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Mask the scores after `input_ids` (1, length): (1, V) -> (1, V)."""
+        masked: torch.Tensor = self._processor(input_ids, scores)
+        return masked if torch.isfinite(masked).any() else scores
+
+
 def make_logits_processors(
     sampling: Sampling,
     vocabulary_size: int,
@@ -123,14 +142,11 @@ def make_logits_processors(
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.presence_penalty or sampling.frequency_penalty:
         processors.append(OccurrencePenaltyLogitsProcessor(sampling, prompt_length))
-    if sampling.min_tokens and text_end_ids:
-        ids = sorted(text_end_ids)
-        processors.append(
-            MinNewTokensLengthLogitsProcessor(prompt_length, sampling.min_tokens, ids, device=str(device))
-        )
     if sampling.grammar:
         assert tokenizer is not None, "a grammar needs the tokenizer"
         processors.append(GrammarLogitsProcessor(sampling.grammar, tokenizer, end_ids, prompt_length))
+    if sampling.min_tokens and text_end_ids:
+        processors.append(MinTokensLogitsProcessor(sampling.min_tokens, text_end_ids, prompt_length, device))
     processors.append(CoupledLogitsProcessor(sampling, vocabulary_size))
     return processors
 

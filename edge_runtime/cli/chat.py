@@ -17,10 +17,11 @@ from edge_runtime.cli.generation_factory import GenerationFactory, add_generatio
 from edge_runtime.cli.local_verifier import require_verifier_package, run_verifier
 from edge_runtime.cli.settings_options import add_settings, read_settings
 from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.prompt_text import check_text
 from edge_runtime.common.sampling_options import add_sampling_options, read_sampling
 from edge_runtime.common.tasks import background_task
 from edge_runtime.common.terminal import print_note
-from edge_runtime.protocol.errors import FlexSpecError
+from edge_runtime.protocol.errors import FlexSpecError, InputError
 
 # Imported by every command; these are slow to import.
 if TYPE_CHECKING:
@@ -200,7 +201,12 @@ async def _talk(session: ChatSession, *, quiet: bool) -> None:
         if word.startswith("/"):
             _run_command(session, word, rest.strip())
         elif line.strip():
-            await _answer(session, line.strip(), quiet=quiet, interactive=interactive)
+            try:
+                text = check_text(line.strip(), "the message")
+            except InputError as error:
+                print_note(f"edge-runtime: {error}")
+                continue
+            await _answer(session, text, quiet=quiet, interactive=interactive)
 
 
 def _read_line(prompt: str, *, interactive: bool) -> str:

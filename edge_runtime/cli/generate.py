@@ -14,6 +14,7 @@ from edge_runtime.cli.generation_factory import GenerationFactory, add_generatio
 from edge_runtime.cli.settings_options import add_settings, read_settings
 from edge_runtime.common.grammar_options import add_grammar_options, read_grammar
 from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.prompt_text import check_text, read_file, read_standard_input
 from edge_runtime.common.sampling_options import add_sampling_options, read_sampling
 from edge_runtime.common.tasks import background_task
 from edge_runtime.common.terminal import print_note
@@ -115,14 +116,10 @@ def _read_prompt(options: argparse.Namespace) -> str:
     if options.prompt is not None and options.file is not None:
         raise InputError("give a prompt or --file, not both")
     if options.file is not None:
-        try:
-            text: str = options.file.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the prompt: {error}") from None
-        return text
+        return read_file(options.file)
     if options.prompt is not None:
-        return str(options.prompt)
-    return sys.stdin.read()
+        return check_text(options.prompt)
+    return read_standard_input()
 
 
 def summarize(statistics: GenerationStatistics) -> str:

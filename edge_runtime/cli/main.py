@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 
 from edge_runtime.cli import bundle, chat, config, demo, generate, probe, serve, simulate, top, update
 from edge_runtime.common.options import add_version_option
-from edge_runtime.common.terminal import print_note
-from edge_runtime.protocol.errors import FlexSpecError
+from edge_runtime.common.program import run_program
 from edge_runtime.systemd import actions
 
 DESCRIPTION = """\
@@ -54,18 +52,12 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `edge-runtime` with these arguments, by default those of the process. Returns the exit code."""
-    try:
+
+    def run() -> int:
         options = _parse(sys.argv[1:] if arguments is None else arguments)
         return int(asyncio.run(options.run(options)))
-    except FlexSpecError as error:
-        print_note(f"edge-runtime: {error}")
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader of our output has closed it. Without this, Python would report the error again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+    return run_program("edge-runtime", run)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

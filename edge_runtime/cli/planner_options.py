@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edge_runtime.cli.settings_options import add_settings
-from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.options import add_flag, add_option, number, whole_number
 from edge_runtime.common.tasks import background_task
 from edge_runtime.planning.plan import FIXED_PLAN, Plan, Planner, Surroundings
 from edge_runtime.protocol.errors import InputError
@@ -67,7 +67,8 @@ def add_planner_options(parser: argparse.ArgumentParser, *, default_policy: Poli
         "fixed plan", "the same plan for every round (policy fixed), instead of a planner"
     )
     for field, (option, minimum, text) in FIXED_PLAN_OPTIONS.items():
-        add_option(fixed, option, text, type=type(minimum), dest=f"fixed_plan.{field}")
+        parser_of_value = number(minimum, 1.0) if isinstance(minimum, float) else whole_number(minimum)
+        add_option(fixed, option, text, type=parser_of_value, dest=f"fixed_plan.{field}")
 
 
 def add_planner_state_option(parser: argparse.ArgumentParser) -> None:
@@ -170,14 +171,11 @@ def parse_fixed_plan(options: argparse.Namespace, settings: PlannerSettings) -> 
     """Return the plan that the options describe; None if they describe none. Raises InputError."""
     values = {field: getattr(options, f"fixed_plan.{field}") for field in FIXED_PLAN_OPTIONS}
     given = {field: value for field, value in values.items() if value is not None}
-    for field, value in given.items():
-        option, minimum, _ = FIXED_PLAN_OPTIONS[field]
-        flag = option.split()[0]
+    for field in given:
+        flag = FIXED_PLAN_OPTIONS[field][0].split()[0]
         if settings.policy not in (None, "fixed"):
             policy = f"the policy is {settings.policy}; leave one of them out"
             raise InputError(f"{flag} is part of a fixed plan, and {policy}")
-        if value < minimum:
-            raise InputError(f"{flag} {value}: must be at least {minimum:g}")
     if not given:
         return None
     return msgspec.structs.replace(FIXED_PLAN, **given, reason="fixed by the command line")

@@ -23,7 +23,7 @@ from edge_runtime.cli.planner_options import (
 from edge_runtime.cli.settings_options import add_config_option, add_removed_options, add_settings, read_settings
 from edge_runtime.cli.verifier_client import add_verifier_options
 from edge_runtime.common import logs
-from edge_runtime.common.options import add_option
+from edge_runtime.common.options import add_option, whole_number
 from edge_runtime.common.tasks import background_task
 from edge_runtime.planning.plan import Planner
 from edge_runtime.protocol.errors import BundleMissing
@@ -76,7 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_settings(limits, "service.max_connections", "service.max_connections_per_address")
     text = "tokens per answer at most; 0 for what the context leaves"
     add_option(limits, "--max-new-tokens N", text, default=0)
-    add_option(limits, "--max-body BYTES", "size of a request body at most", default=1 << 18)
+    add_option(limits, "--max-body BYTES", "size of a request body at most", default=1 << 18, type=whole_number(1))
     add_option(limits, "--grace SECONDS", "time for running answers to finish after SIGTERM", default=10.0)
     add_settings(parser.add_argument_group("log"), "log.level", "log.prompts")
     add_planner_options(parser)

@@ -79,17 +79,10 @@ def check_limits(options: argparse.Namespace, settings: Settings) -> tuple[Servi
 
 
 def make_limits(options: argparse.Namespace, settings: Settings) -> ServiceLimits:
-    """Create the limits of the service. Raises InputError."""
+    """Create the limits of the service."""
     from edge_runtime.service.state import ServiceLimits
 
     service = settings.service
-    for flag, value, minimum in (
-        ("--max-new-tokens", options.max_new_tokens, 0),
-        ("--max-body", options.max_body, 1),
-        ("--grace", options.grace, 0),
-    ):
-        if value < minimum:
-            raise InputError(f"{flag} {value}: must be at least {minimum}")
     return ServiceLimits(service.max_concurrent, service.max_waiting, options.max_new_tokens, options.max_body)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
-from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.options import add_flag, add_option, number
 from edge_runtime.common.terminal import new_console
 from edge_runtime.protocol.errors import InputError
 from edge_runtime.settings import PolicyName
@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "what to minimize: latency, cloud, energy, balanced, or prices such as verifier=2,joule=0.05"
     add_option(parser, "--objective", text, default="latency")
     parser.add_argument(
-        "--weights", type=float, default=40e6, metavar="BYTES", help="size of the draft's weights (default: 40e6)"
+        "--weights", type=number(), default=40e6, metavar="BYTES", help="size of the draft's weights (default: 40e6)"
     )
     add_option(parser, "--temperature", "recorded temperature to use", default=0.0)
     add_option(parser, "--target", "recorded target to use", default="target-v1")

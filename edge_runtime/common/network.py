@@ -21,6 +21,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def is_address(text: str) -> bool:
+    """Return whether `text` is an IPv4 or IPv6 address."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def check_host_name(name: str) -> str:
     """Return `name` if a Host header can have it, without port. Raises InputError."""
     if not re.fullmatch(r"[0-9A-Za-z_.-]+", name):

@@ -3,10 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 
 ArgumentContainer = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+def whole_number(least: int = 0, most: int | None = None) -> Callable[[str], int]:
+    """Return a parser of whole numbers in this range, for argparse."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text} is not {_describe_range(least, most)}")
+        return value
+
+    # argparse names it where the text is no number at all.
+    parse.__name__ = "whole number"
+    return parse
+
+
+def number(least: float = 0.0, most: float | None = None) -> Callable[[str], float]:
+    """Return a parser of finite numbers in this range, for argparse."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not (math.isfinite(value) and value >= least and (most is None or value <= most)):
+            raise argparse.ArgumentTypeError(f"{text} is not {_describe_range(least, most)}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def _describe_range(least: float, most: float | None) -> str:
+    return f"between {least:g} and {most:g}" if most is not None else f"a number of at least {least:g}"
+
+
+# How the text of an option becomes a value of its default's type.
+NUMBER_PARSERS: dict[type, Callable[[str], Any]] = {int: whole_number(), float: number()}
 
 
 def add_option(parser: ArgumentContainer, option: str, help_text: str, *, default: Any = None, **keywords: Any) -> None:
@@ -14,14 +50,14 @@ def add_option(parser: ArgumentContainer, option: str, help_text: str, *, defaul
 
     Args:
         option: the option and the placeholder of its value, such as `--threads N`.
-        default: also gives the type, unless `keywords` do; the help shows it.
+        default: also gives the type, unless `keywords` do: numbers must not be negative then; the help shows it.
         keywords: further arguments of `add_argument`.
     """
     flag, _, metavar = option.partition(" ")
     if default is not None:
-        keywords = {"type": type(default), "default": default, **keywords}
+        keywords = {"type": NUMBER_PARSERS.get(type(default), type(default)), "default": default, **keywords}
         help_text += f" (default: %(default){'g' if isinstance(default, float) else 's'})"
-    if not metavar and keywords.get("type") is int:
+    if not metavar and isinstance(default, int):
         metavar = "N"
     parser.add_argument(flag, metavar=metavar or None, help=help_text, **keywords)
 

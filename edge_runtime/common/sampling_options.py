@@ -55,16 +55,17 @@ def add_sampling_options(parser: ArgumentContainer, *, of_model: bool = False) -
         of_model: an option that is not given is None, for which the model's own default stands.
     """
     for option, default, text in SAMPLING_OPTIONS:
+        # `Sampling` checks the ranges.
         if of_model:
             add_option(parser, option, f"{text} (default: the model's, else {default:g})", type=type(default))
         else:
-            add_option(parser, option, text, default=default)
+            add_option(parser, option, text, default=default, type=type(default))
     for repeated, parse, text in (
         ("--logit-bias ID=BIAS", _parse_bias, "add BIAS to the logit of this token id; may be repeated"),
         ("--stop-id ID", int, "also end the text at this token id; may be repeated"),
     ):
         add_option(parser, repeated, text, type=parse, action="append")
-    add_option(parser, "--seed", "same input and same seed give the same text", default=0)
+    add_option(parser, "--seed", "same input and same seed give the same text", default=0, type=int)
     add_flag(parser, "--ignore-eos", "continue after the end-of-text token, for measurements")
 
 

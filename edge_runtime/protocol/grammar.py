@@ -49,6 +49,8 @@ PROBED_MASK_SECONDS = 0.05
 RENEWAL_SECONDS = 0.05
 # llguidance may quote a whole grammar in its messages.
 MAX_REASON_CHARACTERS = 300
+# In llguidance's error for a grammar without any text, such as `root ::= root`.
+NO_TEXT_MATCHES = "NoExtensionBias"
 # Longest time for compiling a grammar, the wait for other grammars included. Chosen: a usual one takes a millisecond.
 COMPILE_SECONDS = 10.0
 # llguidance recurses along chains of rules: more than 8 MB for 8,000 of them. Only the part that is used takes memory.
@@ -335,6 +337,8 @@ def _compile_thread() -> ThreadPoolExecutor:
 def _raise_error(matcher: LLMatcher) -> None:
     """Raise GrammarError if `matcher` has failed."""
     if matcher.is_error():
+        if NO_TEXT_MATCHES in matcher.get_error():
+            raise GrammarError("no text matches the grammar")
         raise GrammarError(f"the grammar is invalid or too costly: {_shorten(matcher.get_error())}")
 
 

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import inspect
 
 from edge_runtime.common.files import os_errors_as_input_errors
-from edge_runtime.common.network import check_ca_file, hide_password, is_http_url, is_loopback
+from edge_runtime.common.network import check_ca_file, hide_password, is_address, is_http_url, is_loopback
 from edge_runtime.protocol.errors import InputError
 
 # Chosen: a message repeats this much of a wrong value.
@@ -197,7 +197,8 @@ def energy_budget(value: str, folder: Path) -> str:
 
 def host(value: str, folder: Path) -> str:
     """Accept an address or a host name to listen on."""
-    if not re.fullmatch(r"[0-9A-Za-z_.:%-]+", value):
+    numeric = re.fullmatch(r"[0-9.]+|.*:.*", value)
+    if not re.fullmatch(r"[0-9A-Za-z_.:%-]+", value) or (numeric and not is_address(value)):
         raise InputError(f"{value!r} is neither an address nor a host name; write for instance 127.0.0.1")
     return value
 

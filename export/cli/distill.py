@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.common.options import number, whole_number
 from edge_runtime.protocol.errors import InputError
 from export.cli.choices import DEFAULT_NEW_BLOCKS, DEFAULT_SHARED_BLOCKS, LAYOUTS, OBJECTIVES
 from export.cli.former_options import add_former_start_option
@@ -51,7 +52,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("target", type=Path, help="Hugging Face directory of the target")
     parser.add_argument(
         "--chats",
-        type=int,
+        type=whole_number(),
         default=0,
         metavar="N",
         help="chats that TARGET writes as training text; best: 12000 or more",
@@ -60,11 +61,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the draft; must not exist")
     parser.add_argument("--layout", choices=LAYOUTS, help="default: that of --from-draft, or anchor")
     parser.add_argument(
-        "--new-blocks", type=int, default=DEFAULT_NEW_BLOCKS, metavar="N", help="trained blocks (default: %(default)s)"
+        "--new-blocks",
+        type=whole_number(),
+        default=DEFAULT_NEW_BLOCKS,
+        metavar="N",
+        help="trained blocks (default: %(default)s)",
     )
     parser.add_argument(
         "--shared-blocks",
-        type=int,
+        type=whole_number(),
         default=DEFAULT_SHARED_BLOCKS,
         metavar="N",
         help="blocks of the target's own (default: %(default)s)",
@@ -80,7 +85,7 @@ def add_parser(commands: Any) -> None:
     add_former_start_option(parser)
     parser.add_argument(
         "--add-blocks",
-        type=int,
+        type=whole_number(),
         default=0,
         metavar="N",
         help="blocks that --from-draft gets in addition; the draft is the same function until they are trained",
@@ -90,7 +95,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--block-bits",
-        type=int,
+        type=whole_number(),
         choices=(4,),
         help="train with the blocks as a bundle `int4-fitted` rounds them; that has --head-bits 4 as well",
     )
@@ -105,26 +110,26 @@ def add_parser(commands: Any) -> None:
     )
     teachers.add_argument(
         "--siblings",
-        type=int,
+        type=whole_number(),
         default=1,
         metavar="N",
         help="perturbed copies of TARGET that teach along, in memory too (default: %(default)s)",
     )
     teachers.add_argument(
         "--strength",
-        type=float,
+        type=number(),
         default=0.1,
         help="size of the perturbation relative to each matrix (default: %(default)s)",
     )
     teachers.add_argument(
         "--future-share",
-        type=float,
+        type=number(),
         default=0.3,
         help="share of versions and siblings in a batch (default: %(default)s)",
     )
     teachers.add_argument(
         "--text-share",
-        type=float,
+        type=number(),
         default=0.25,
         help="share of --text in a batch if there are chats too (default: %(default)s)",
     )
@@ -133,35 +138,43 @@ def add_parser(commands: Any) -> None:
     )
     teachers.add_argument(
         "--samples",
-        type=int,
+        type=whole_number(),
         default=0,
         metavar="TOKENS",
         help="tokens that TARGET writes after pieces of --text (default: 0)",
     )
     training = parser.add_argument_group("training")
     training.add_argument("--objective", choices=OBJECTIVES, default="mixed", help="loss (default: %(default)s)")
-    training.add_argument("--steps", type=int, help=f"default: {DEFAULT_STEPS}, or as many as --minutes allows")
+    training.add_argument(
+        "--steps",
+        type=whole_number(),
+        help=f"default: {DEFAULT_STEPS}, or as many as --minutes allows",
+    )
     training.add_argument(
         "--minutes",
-        type=float,
+        type=number(),
         metavar="M",
         help="train for M minutes, without the writing of chats and the evaluation at the end",
     )
-    training.add_argument("--rate", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
-    training.add_argument("--rows", type=int, default=64, help="texts in a batch (default: %(default)s)")
-    training.add_argument("--length", type=int, default=512, help="tokens of each (default: %(default)s)")
+    training.add_argument("--rate", type=number(), default=1e-3, help="peak learning rate (default: %(default)s)")
+    training.add_argument("--rows", type=whole_number(), default=64, help="texts in a batch (default: %(default)s)")
+    training.add_argument("--length", type=whole_number(), default=512, help="tokens of each (default: %(default)s)")
     training.add_argument(
-        "--accumulate", type=int, default=1, metavar="N", help="split a batch into N parts, to save memory (default: 1)"
+        "--accumulate",
+        type=whole_number(),
+        default=1,
+        metavar="N",
+        help="split a batch into N parts, to save memory (default: 1)",
     )
-    training.add_argument("--warm-up", type=int, default=100, metavar="STEPS", help="default: %(default)s")
+    training.add_argument("--warm-up", type=whole_number(), default=100, metavar="STEPS", help="default: %(default)s")
     training.add_argument(
         "--held-out-chats",
-        type=int,
+        type=whole_number(),
         default=192,
         metavar="N",
         help="chats for each temperature that the draft is evaluated on, if there are chats (default: %(default)s)",
     )
-    training.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    training.add_argument("--seed", type=whole_number(), default=0, help="default: %(default)s")
     training.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,

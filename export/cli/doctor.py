@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.options import add_flag, add_option, whole_number
 from export.cli.choices import DEFAULT_NEW_BLOCKS, DEFAULT_SHARED_BLOCKS, LAYOUTS
 
 DESCRIPTION = """\
@@ -33,12 +33,18 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("target", type=Path, help="directory of a Hugging Face checkpoint, or of a version of one")
     parser.add_argument("--layout", default="anchor", help=f"{', '.join(LAYOUTS)} (default: %(default)s)")
-    parser.add_argument("--new-blocks", type=int, default=DEFAULT_NEW_BLOCKS, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--shared-blocks", type=int, default=DEFAULT_SHARED_BLOCKS, metavar="N", help="default: %(default)s"
+        "--new-blocks",
+        type=whole_number(),
+        default=DEFAULT_NEW_BLOCKS,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--shared-blocks", type=whole_number(), default=DEFAULT_SHARED_BLOCKS, metavar="N", help="default: %(default)s"
     )
     parser.add_argument("--weights", default="int8", choices=["int4", "int8"], help="default: %(default)s")
-    add_option(parser, "--context TOKENS", "longest text (default: the model's)", type=int)
+    add_option(parser, "--context TOKENS", "longest text (default: the model's)", type=whole_number())
     parser.add_argument(
         "--profile", nargs="+", default=[], metavar="NAME", help="boards (default: all that are shipped)"
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.common.options import add_option
+from edge_runtime.common.options import add_option, number
 from edge_runtime.protocol.errors import InputError
 from export.cli.former_options import add_removed_ngram_cache_options
 
@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
     add_option(parser, "--profile", "board of the modeled speed", default="raspberry-pi-5")
     add_option(parser, "--link", "link, as in `edge-runtime simulate`", default="wifi")
     add_option(parser, "--verifier", "verifier, as in `edge-runtime simulate`", default="loaded")
-    add_option(parser, "--temperature T", "default: 0, 0.7 and 1", type=float, nargs="+")
+    add_option(parser, "--temperature T", "default: 0, 0.7 and 1", type=number(), nargs="+")
     add_option(parser, "--texts", "pieces of text", default=48)
     add_option(parser, "--prompt", "tokens of each to prefill", default=64)
     add_option(parser, "--tokens", "tokens of each to judge", default=128)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.common.options import number, whole_number
 from edge_runtime.protocol.errors import InputError
 from export.cli.choices import FAMILY_SIZES
 from export.cli.former_options import add_former_start_option
@@ -65,9 +66,9 @@ def add_parser(commands: Any) -> None:
     )
     add_former_start_option(parser)
     parser.add_argument(
-        "--add-blocks", type=int, default=0, metavar="N", help="blocks that --from-draft gets in addition"
+        "--add-blocks", type=whole_number(), default=0, metavar="N", help="blocks that --from-draft gets in addition"
     )
-    parser.add_argument("--minutes", type=float, metavar="M", help="bound on the training of stage distill")
+    parser.add_argument("--minutes", type=number(), metavar="M", help="bound on the training of stage distill")
     parser.add_argument(
         "--only", metavar="NAME", help="only this one of the futures, or this version's chats or retrained draft"
     )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.common.options import add_option
+from edge_runtime.common.options import add_option, whole_number
 
 DESCRIPTION = """\
 Builds every form (variant) of DRAFT: kinds of graph, weight types, trimmed heads. It measures each one and recommends
@@ -45,16 +45,16 @@ def add_parser(commands: Any) -> None:
         parser,
         "--positions",
         f"tokens of it to measure (default: {DEFAULT_POSITIONS}; 2000 with a vocabulary of 128k)",
-        type=int,
+        type=whole_number(),
     )
-    add_option(parser, "--context TOKENS", "longest text (default: the model's)", type=int)
+    add_option(parser, "--context TOKENS", "longest text (default: the model's)", type=whole_number())
     add_option(
         parser,
         "--trim-vocabulary FILE",
         "also measure heads trimmed to this text's tokens; it must not be the --text",
         type=Path,
     )
-    add_option(parser, "--head-size IDS", "keep at most this many, the most frequent", type=int)
+    add_option(parser, "--head-size IDS", "keep at most this many, the most frequent", type=whole_number())
     add_option(parser, "--tolerance", "points of acceptance that may be lost against int8", default=1.0)
     add_option(parser, "--form NAME", "only this form, int8 and fp32; may repeat", action="append")
     parser.set_defaults(run=run)

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from edge_runtime.common.extras import describe_missing_extra
 from edge_runtime.common.options import add_version_option
-from edge_runtime.common.terminal import print_note
-from edge_runtime.protocol.errors import FlexSpecError, InputError
+from edge_runtime.common.program import run_program
 from export.cli import distill, doctor, evaluate, example, family, forms, onnx, policy, prior, quick, record, sign
 
 DESCRIPTION = """\
@@ -45,23 +44,17 @@ EXTRA_MODULES = frozenset(
         *("safetensors", "stable_baselines3", "torch", "transformers"),
     }
 )
-INTERRUPTED_EXIT_CODE = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
     options = build_parser().parse_args(arguments)
-    try:
+
+    def run() -> int:
         _convert_gguf_files(options)
         return int(options.run(options))
-    except FlexSpecError as error:
-        print_note(f"draft-export: {error}")
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        print_note(f"draft-export: {describe_missing_extra(error, EXTRA_MODULES, 'export')}")
-        return InputError.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED_EXIT_CODE
+
+    return run_program("draft-export", run, lambda error: describe_missing_extra(error, EXTRA_MODULES, "export"))
 
 
 def _convert_gguf_files(options: argparse.Namespace) -> None:

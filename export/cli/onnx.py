@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edge_runtime.common.options import add_flag, add_option
+from edge_runtime.common.options import add_flag, add_option, whole_number
 from edge_runtime.protocol.bundle import Manifest
 from edge_runtime.protocol.errors import InputError
 from export.cli.choices import GRAPH_KINDS, WEIGHT_TYPES
@@ -41,11 +41,11 @@ def add_parser(commands: Any) -> None:
         "loses up to half of a real model's acceptance; `draft-export forms` compares them",
         choices=WEIGHT_TYPES,
     )
-    add_option(parser, "--context TOKENS", "longest text (default: the model's)", type=int)
+    add_option(parser, "--context TOKENS", "longest text (default: the model's)", type=whole_number())
     add_option(parser, "--text", "text to measure on (default: one that ships with FlexSpec)", type=Path)
     add_option(parser, "--positions", "tokens of it to measure", default=2000)
     add_option(parser, "--trim-vocabulary FILE", "trim the head to this text's tokens and the special ones", type=Path)
-    add_option(parser, "--head-size IDS", "keep at most this many, the most frequent", type=int)
+    add_option(parser, "--head-size IDS", "keep at most this many, the most frequent", type=whole_number())
     add_flag(
         parser,
         "--no-acceptance",

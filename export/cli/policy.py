@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.common.options import add_option
+from edge_runtime.common.options import add_option, whole_number
 
 DESCRIPTION = """\
 Trains the policy of the learned planner (`edge-runtime --policy learned`) on simulated rounds: recorded acceptance, and
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
     )
     add_option(parser, "--output DIR", "existing files are overwritten", type=Path, required=True)
     add_option(parser, "--steps", "simulated rounds", default=200_000)
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=whole_number(), default=0, help="default: %(default)s")
     add_option(parser, "--objective", "latency, cloud, energy, balanced, or prices", default="latency")
     add_option(
         parser, "--drills", "settings in which every correction is tried before reinforcement learning", default=6000

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.common.options import add_option
+from edge_runtime.common.options import add_option, whole_number
 from edge_runtime.protocol.errors import InputError
 
 DESCRIPTION = """\
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
     add_option(parser, "--sibling MODEL", "small model with the same tokenizer, as the draft", type=Path)
     add_option(parser, "--output DIR", "the bundle; must not exist", type=Path, required=True)
     add_option(parser, "--minutes", "time for tuning", default=10.0)
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=whole_number(), default=0, help="default: %(default)s")
     add_option(parser, "--device", "of PyTorch (default: cuda if available, else cpu)")
     parser.set_defaults(run=run)
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.common.options import add_option
+from edge_runtime.common.options import add_option, number
 
 DESCRIPTION = """\
 Records which draft tokens targets accept, and the draft's confidence in them: an acceptance trace, on which
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("bundle", type=Path, help="bundle of the draft")
     add_option(parser, "--target DIR", "directory of a target, may repeat", type=Path, action="append", required=True)
     add_option(parser, "--output FILE", "the trace, .npz; overwritten", type=Path, required=True)
-    add_option(parser, "--temperature T", "may repeat (default: 0, 0.7 and 1)", type=float, action="append")
+    add_option(parser, "--temperature T", "may repeat (default: 0, 0.7 and 1)", type=number(), action="append")
     add_option(parser, "--top-p", "at temperatures above 0", default=1.0)
     add_option(parser, "--prompts", "number of prompts", default=24)
     add_option(parser, "--tokens", "tokens of each text", default=128)

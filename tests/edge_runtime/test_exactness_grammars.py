@@ -87,7 +87,8 @@ GRAMMARS = {
 }
 SAMPLINGS = {
     "greedy": Sampling(seed=21),
-    "T=0.7": Sampling(temperature=0.7, seed=22),
+    # Longer than what some of the grammars allow.
+    "T=0.7, min_tokens": Sampling(temperature=0.7, seed=22, min_tokens=40),
     "T=1, top-p, penalties": Sampling(
         temperature=1.0, top_p=0.95, seed=23, repetition_penalty=1.1, frequency_penalty=0.2, logit_bias={200: 1.0}
     ),

@@ -49,7 +49,7 @@ def test_sessions_are_evicted_to_bound_the_tokens(tiny: Target) -> None:
 def test_by_default_memory_bounds_the_tokens(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "CPU_SHARE", 1e-12)
     with running(tiny, VerifierLimits(max_tokens=0)) as url, ProtocolClient(url) as client:
-        client.expect_error(client.post("/v1/sessions", opening([5] * 200)), 503, ErrorCode.OVERLOADED)
+        client.expect_error(client.post("/v1/sessions", opening([5] * 200)), 413, ErrorCode.CONTEXT_OVERFLOW)
     monkeypatch.undo()
     with running(tiny, VerifierLimits(max_tokens=0)) as url, ProtocolClient(url) as client:
         client.open([5] * 200).run_round()
@@ -68,7 +68,7 @@ def test_a_session_does_not_evict_itself(tiny: Target) -> None:
         client.http.timeout = TIMEOUT_SECONDS
         session = client.open([5] * 60, ENDLESS)
         response = client.post(session.path, session.next_round(n=50))
-        assert response.status_code == 200 or decode_error(response).code == ErrorCode.OVERLOADED
+        assert response.status_code == 200 or decode_error(response).code == ErrorCode.CONTEXT_OVERFLOW
 
 
 def test_a_prompt_that_can_never_fit_evicts_no_session(tiny: Target) -> None:

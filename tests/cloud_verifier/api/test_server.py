@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 import subprocess
@@ -235,7 +236,7 @@ def test_a_missing_gpu_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
 def test_generate_runs_jobs(
     tiny_path: Path, tmp_path: Path, reference_text: ReferenceText, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sampling = {"temperature": 0.8, "seed": 6, "ignore_eos": True}
+    sampling = {"temperature": 0.8, "seed": 6, "ignore_eos": True, "logit_bias": {7: 2.0}}
     jobs = tmp_path / "jobs"
     lines = [{"ids": PROMPT, "max_new_tokens": 9}, {"ids": [5], "max_new_tokens": 4, "sampling": sampling}]
     jobs.write_bytes(b"\n".join(map(msgspec.json.encode, lines)))
@@ -253,18 +254,32 @@ def test_generate_runs_jobs(
         '{"ids": [1], "max_new_tokens": "many"}',
         '{"ids": [], "max_new_tokens": 1}',
         '{"ids": [300], "max_new_tokens": 1}',
+        '{"ids": [1.5], "max_new_tokens": 1}',
+        '{"ids": [1], "max_new_tokens": -2}',
+        '{"ids": [1], "max_new_tokens": 1, "sampling": {"stop_ids": [300]}}',
+        b"\xff",
         '{"ids": [1], "max_new_tokens": 1, "sampling": {"temperature": -1}}',
     ],
 )
 def test_an_invalid_job_is_reported(
-    tiny_path: Path, tmp_path: Path, job: str, capsys: pytest.CaptureFixture[str]
+    tiny_path: Path, tmp_path: Path, job: str | bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "jobs").write_text(job)
+    (tmp_path / "jobs").write_bytes(job if isinstance(job, bytes) else job.encode())
     assert main(["generate", str(tiny_path), "--jobs", str(tmp_path / "jobs")]) == 2
     assert capsys.readouterr().err.startswith("cloud-verifier: ")
 
 
-@pytest.mark.parametrize("arguments", [[""], ["x", "--temperature", "-1"], ["--jobs", "/nowhere/jobs"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [""],
+        ["x", "--temperature", "-1"],
+        ["--jobs", "/nowhere/jobs"],
+        [os.fsdecode(b"\xff\xfe")],
+        ["x", "--logit-bias", "5000=1"],
+        ["a text", "--max-context", "2"],
+    ],
+)
 def test_generate_reports_invalid_arguments(
     tiny_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,7 +91,7 @@ def test_without_a_template_the_chat_says_so_and_is_plain(family: Path, verifier
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--bundle", "/nowhere"], 3, "no draft bundle at /nowhere"),
+        (["--bundle", "/nowhere"], 2, "there is no directory /nowhere"),
         (["--temperature", "-1"], 2, "temperature"),
         (["--verifier", "http://127.0.0.1:9", "--deadline", "0.2"], 4, "127.0.0.1:9"),
     ],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.cli.main import main
 from tests.edge_runtime.commands import run
 
 pytestmark = pytest.mark.usefixtures("toy_bundle")
@@ -143,13 +144,13 @@ def test_memory_and_imports_of_the_board(verifier: str) -> None:
         (["generate", "x", "--temperature", "-1"], 2, "temperature must be"),
         (["generate", "x", "--top-p", "0"], 2, "top_p"),
         (["generate", "x", "--max-new-tokens", "0"], 2, "nothing to generate"),
-        (["generate", "x", "--siblings", "-1"], 2, "--siblings -1"),
         (["generate", "x", "--siblings", "1", "--policy", "ucb"], 2, "--siblings is part of a fixed plan"),
         (["generate", "x", "--objective", "cheap"], 2, "is not an objective: use one of latency"),
         (["generate", "x", "--profile", "toaster"], 2, "no shipped profile 'toaster': there are"),
         (["generate", "x", "--profile", "/nowhere.toml"], 2, "cannot read the profile /nowhere.toml"),
         (["generate", "x", "--energy-budget", "plenty"], 2, "is not an energy budget"),
-        (["generate", "x", "--bundle", "/nowhere"], 3, "no draft bundle at /nowhere"),
+        (["generate", "x", "--bundle", "/nowhere"], 2, "--bundle: there is no directory /nowhere"),
+        (["generate", "x", "--bundle", "/"], 3, "no draft bundle at /"),
         (["generate", "x", "--verifier", "nonsense"], 2, "--verifier: 'nonsense' is not a URL"),
         (["generate", "x", "--verifier", "http://127.0.0.1:99999"], 2, "'http://127.0.0.1:99999' is not a URL"),
         (["generate", "x", "--deadline", "999999"], 2, "--deadline: must be a number above 0 and at most 3600"),
@@ -162,6 +163,22 @@ def test_errors_are_one_sentence_and_an_exit_code(arguments: list[str], code: in
     assert result.stderr.startswith("edge-runtime: ")
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "range_"),
+    [
+        ("--siblings", "-1", "a number of at least 0"),
+        ("--assistant-confidence-threshold", "nan", "between 0 and 1"),
+        ("--max-new-tokens", "-1", "a number of at least 0"),
+    ],
+)
+def test_numbers_are_refused_outside_their_range(
+    option: str, value: str, range_: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "x", option, value])
+    assert f"argument {option}: {value} is not {range_}" in capsys.readouterr().err
 
 
 def test_the_exit_code_is_that_of_the_process() -> None:

@@ -168,7 +168,7 @@ def test_live_view_in_a_terminal() -> None:
     ("arguments", "words", "code"),
     [
         (["--period", "0"], "--period 0", 2),
-        (["--period", "nan"], "--period nan", 2),
+        (["--period", "nan"], "--period: nan is not a number", 2),
         (["--path.sysfs", "nowhere"], "--path.sysfs nowhere: no such directory", 2),
         (["--watch", "--once"], "not allowed with", 2),
         (["--verifier", "ftp://x"], "not the URL of a verifier", 2),
