@@ -267,8 +267,6 @@ def _progress(seconds: float) -> Iterator[Tick]:
 def _draft(options: argparse.Namespace) -> DraftSize | None:
     from device_profiles.comparison import DraftSize
 
-    if options.context < 0:
-        raise ProfileError(f"--context {options.context} is negative; give the tokens before the drafted one")
     if options.bundle:
         return DraftSize.from_bundle(options.bundle)
     return DraftSize.from_weight_file(options.weights) if options.weights else None

@@ -192,8 +192,6 @@ def run(options: argparse.Namespace) -> int:
     from export.draft.training import TrainingSchedule
     from export.draft.training_group import TrainingGroup, worker_device
 
-    if min(options.siblings, options.samples, options.chats, options.held_out_chats, options.add_blocks) < 0:
-        raise InputError("--siblings, --samples, --chats, --held-out-chats and --add-blocks must be at least 0")
     if not 0 < options.text_share < 1:
         raise InputError(f"--text-share is between 0 and 1, not {options.text_share:g}: without --text, it is not used")
     if options.add_blocks and options.start is None:

@@ -112,7 +112,6 @@ def test_validate_checks_the_rest_after_a_wrong_one(tmp_path: Path, capsys: Capt
         (["show", "nowhere.toml"], 2, "cannot read the profile nowhere.toml"),
         (["show", "raspberry-pi-5", "--weights", "nowhere"], 2, "cannot read nowhere"),
         (["compare", "laptop", "abacus"], 2, "no shipped profile 'abacus'"),
-        (["compare", "laptop", "--context", "-1"], 2, "--context -1 is negative"),
         (["compare", "laptop", "--bundle", "nowhere"], 3, "no draft bundle at nowhere"),
         (["validate", "nowhere.toml"], 2, "cannot read the profile nowhere.toml"),
     ],

@@ -58,7 +58,6 @@ def test_a_draft_directory_runs_in_pytorch(family: Path, capsys: pytest.CaptureF
         (["--target", "target-v1", "--text", "absent.txt"], "cannot read --text absent.txt"),
         (["--target", "target-v1", "--text", TEXT, TEXT], "two texts are named calibration.txt"),
         (["--target", "target-v1", "--profile", "toaster"], "no shipped profile 'toaster'"),
-        (["--target", "target-v1", "--temperature", "-1"], "temperature -1"),
         (["--target", "target-v1", "--threads", "0"], "--threads 0"),
         (["--target", "target-v1", "--device", "abacus"], "--device abacus cannot be used here"),
     ],
