@@ -103,14 +103,15 @@ def _run(options: argparse.Namespace) -> int:
 def _read_jobs(path: Path) -> Iterator[GenerationJob]:
     try:
         lines = sys.stdin.buffer if str(path) == "-" else path.open("rb")
-        while line := lines.readline(MAX_PROMPT_BYTES):
-            try:
-                yield msgspec.json.decode(line, type=GenerationJob)
-            except msgspec.MsgspecError as error:
-                shown = line.strip()[:80].decode(errors="replace")
-                raise InputError(f"not a job: {shown} ({error})") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
+    while line := lines.readline(MAX_PROMPT_BYTES):
+        try:
+            job = msgspec.json.decode(line, type=GenerationJob)
+        except msgspec.MsgspecError as error:
+            shown = line.strip()[:80].decode(errors="replace")
+            raise InputError(f"not a job: {shown} ({error})") from None
+        yield job
 
 
 def _check(job: GenerationJob, vocabulary_size: int, context: int) -> None:

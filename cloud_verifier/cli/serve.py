@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 # Chosen: more than a machine has cores.
 MAX_THREADS = 1024
 
-
 DESCRIPTION = """\
 Verifies what boards draft, and generates with a target, over HTTP: one target, or every version in a registry. Rounds
 of all boards share forwards. Ready once it prints its address; until then requests get 503 `starting`. SIGHUP rereads
