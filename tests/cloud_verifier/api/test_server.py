@@ -26,7 +26,7 @@ from edge_runtime.protocol.errors import FlexSpecError, TargetError
 from edge_runtime.protocol.messages import ErrorCode
 from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.conftest import ReferenceText
-from tests.cloud_verifier.engine.test_scheduler import RecordingTarget
+from tests.cloud_verifier.engine.recording_target import RecordingTarget
 from tests.cloud_verifier.protocol_client import (
     PROMPT,
     TIMEOUT_SECONDS,

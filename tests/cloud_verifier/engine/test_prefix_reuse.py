@@ -14,7 +14,7 @@ from cloud_verifier.model.pretrained import load_pretrained
 from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target, load_model
 from edge_runtime.protocol.sampling import Sampling
-from tests.cloud_verifier.engine.test_scheduler import RecordingTarget, running_scheduler, submit_opening
+from tests.cloud_verifier.engine.recording_target import RecordingTarget, running_scheduler, submit_opening
 from tests.cloud_verifier.model.architectures import save_architecture
 from tests.cloud_verifier.model.test_rope import LONGROPE, SWITCH, generate_without_cache
 from tests.cloud_verifier.model.test_runner import save_lora_adapter

@@ -1,12 +1,9 @@
-"""The batch scheduler: batching, prefill in chunks, failures, and versions that are loaded and unloaded."""
+"""The batch scheduler: order of its steps, failures, lack of memory, and versions that are loaded and unloaded."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,96 +12,19 @@ import pytest
 import torch
 
 from cloud_verifier.engine import scheduler as scheduler_module
-from cloud_verifier.engine.scheduler import Scheduler
-from cloud_verifier.engine.sessions import RoundReply, Session
-from cloud_verifier.model.batch import Segment, do_nothing
-from cloud_verifier.model.kv_cache import KVCacheFull, KVCachePool
+from cloud_verifier.engine.sessions import RoundReply
+from cloud_verifier.model.batch import Segment
+from cloud_verifier.model.kv_cache import KVCacheFull
 from cloud_verifier.model.reference import generate_reference
-from cloud_verifier.model.sampling import SampledTokens
 from cloud_verifier.model.target import Target, load_model
 from edge_runtime.protocol.errors import TargetError, VerifierRefused
 from edge_runtime.protocol.messages import PROTOCOL_VERSION, ErrorCode, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 from tests.cloud_verifier.conftest import ReferenceText
+from tests.cloud_verifier.engine.recording_target import ENDLESS, RecordingTarget, running_scheduler, submit_opening
 from tests.cloud_verifier.model.test_runner import save_lora_adapter
-from tests.cloud_verifier.protocol_client import GREEDY, PROMPT, TIMEOUT_SECONDS
+from tests.cloud_verifier.protocol_client import PROMPT, TIMEOUT_SECONDS
 from tests.models import VOCABULARY_SIZE
-
-ENDLESS = Sampling(ignore_eos=True)
-
-
-class RecordingTarget(Target):
-    """A copy of a loaded target that records its forwards, and can be held before the next one or made to fail."""
-
-    def __init__(self, target: Target) -> None:
-        vars(self).update(vars(target))
-        self.forwards: list[list[int]] = []
-        self.continued: list[bool] = []
-        self.may_run = threading.Event()
-        self.may_run.set()
-        self.fails: Callable[[Segment], bool] = lambda piece: False
-        self.fails_together = False
-        self.failure: Exception = RuntimeError("injected failure")
-
-    def run(
-        self,
-        pool: KVCachePool,
-        pieces: Sequence[Segment],
-        meanwhile: Callable[[], object] = do_nothing,
-        continues: bool = False,
-    ) -> list[SampledTokens | None]:
-        meanwhile()
-        self.may_run.wait(TIMEOUT_SECONDS)
-        if any(map(self.fails, pieces)) or (self.fails_together and len(pieces) > 1):
-            raise self.failure
-        self.forwards.append([len(piece) for piece in pieces])
-        self.continued.append(continues)
-        return super().run(pool, pieces)
-
-
-@asynccontextmanager
-async def running_scheduler(target: Target, **options: Any) -> AsyncIterator[Scheduler]:
-    scheduler = Scheduler(lambda: target, lambda _: None, lambda: 0, **options)
-    scheduler.start()
-    while scheduler.target is None:  # noqa: ASYNC110 - another thread sets it
-        await asyncio.sleep(0.001)
-    try:
-        yield scheduler
-    finally:
-        await asyncio.to_thread(scheduler.stop)
-
-
-def submit_opening(
-    scheduler: Scheduler,
-    target: Target,
-    prompt: list[int] = PROMPT,
-    sampling: Sampling = GREEDY,
-    *,
-    owner: str = "",
-    **round: Any,
-) -> tuple[Session, RoundReply]:
-    """Submit the first round of a new session; returns the session and the reply."""
-    reply = RoundReply(RoundRequest(PROTOCOL_VERSION, 0, len(prompt), **round))
-    session = Session(list(prompt), sampling, target, reply, owner)
-    scheduler.submit(session, reply)
-    return session, reply
-
-
-async def test_waiting_rounds_share_a_forward(tiny: Target) -> None:
-    target = RecordingTarget(tiny)
-    async with running_scheduler(target) as scheduler:
-        target.may_run.clear()
-        replies = [
-            submit_opening(scheduler, target, prompt=[7], draft=[5] * k, siblings={0: [9]} if k else {})[1]
-            for k in range(5)
-        ]
-        await asyncio.sleep(0.1)
-        target.may_run.set()
-        for reply in replies:
-            await reply.result()
-        # The first forward may have started before the others were submitted.
-        assert len(target.forwards) <= 2
-        assert sorted(rows for forward in target.forwards for rows in forward) == [1, 3, 4, 5, 6]
 
 
 async def test_frames_are_handed_over_while_the_next_forward_runs(tiny: Target) -> None:
@@ -158,35 +78,6 @@ async def test_new_rounds_and_tasks_wait_for_the_forward_that_is_computed_ahead(
     assert target.continued[-2:] == [True, False]
 
 
-async def test_a_long_prompt_does_not_delay_other_rounds(tiny: Target, reference_text: ReferenceText) -> None:
-    target = RecordingTarget(tiny)
-    prompt = [(7 * i + 3) % VOCABULARY_SIZE for i in range(500)]
-    async with running_scheduler(target) as scheduler:
-        target.may_run.clear()
-        _, long = submit_opening(scheduler, target, prompt=prompt)
-        _, short = submit_opening(scheduler, target, prompt=[7], n=3)
-        target.may_run.set()
-        assert (await short.result()).tokens == reference_text([7], 3)
-        assert (await long.result()).tokens == reference_text(prompt, 1)
-    assert all(sum(forward) <= target.runner.max_prefill_rows + 1 for forward in target.forwards)
-    # The three tokens of the short text came from forwards that also prefilled a part of the prompt.
-    assert [len(forward) for forward in target.forwards].count(2) >= 2
-
-
-async def test_prompts_of_principals_are_prefilled_in_turns(tiny: Target) -> None:
-    target = RecordingTarget(tiny)
-    async with running_scheduler(target, reuse_prefixes=False) as scheduler:
-        target.may_run.clear()
-        long = [(7 * i + 3) % VOCABULARY_SIZE for i in range(500)]
-        flood = [submit_opening(scheduler, target, prompt=long, owner="flood")[1] for _ in range(8)]
-        _, small = submit_opening(scheduler, target, prompt=long, owner="small")
-        target.may_run.set()
-        await small.result()
-        # It has had every second turn, and not its share of nine prompts.
-        assert sum(reply.done for reply in flood) <= 1
-        await asyncio.gather(*(reply.result() for reply in flood))
-
-
 async def test_a_round_waits_for_memory_of_the_cache(tiny: Target, reference_text: ReferenceText) -> None:
     target = RecordingTarget(tiny)
     target.failure = KVCacheFull()
@@ -209,33 +100,6 @@ async def test_a_round_does_not_wait_for_memory_for_ever(tiny: Target, monkeypat
         with pytest.raises(VerifierRefused, match="the KV cache is full") as caught:
             await reply.result()
         assert (caught.value.code, session.closed) == (ErrorCode.OVERLOADED, True)
-
-
-@pytest.mark.slow
-async def test_a_forward_waits_for_sessions_that_are_expected(tiny: Target) -> None:
-    target = RecordingTarget(tiny)
-    async with running_scheduler(target, window=3600.0) as scheduler:
-        sessions = [submit_opening(scheduler, target, sampling=ENDLESS) for _ in range(3)]
-        for _, reply in sessions:
-            await reply.result()
-
-        async def run_round(session: Session, number: int, pause: float) -> None:
-            await asyncio.sleep(pause)
-            reply = session.begin_round(RoundRequest(PROTOCOL_VERSION, number, len(session.ids), draft=[5]))
-            scheduler.submit(session, reply)
-            await reply.result()
-
-        # The scheduler learns that the rounds arrive 50 ms apart; a busy machine makes some of them later.
-        for number in range(1, 50):
-            before = len(target.forwards)
-            await asyncio.gather(*(run_round(session, number, 0.05 * i) for i, (session, _) in enumerate(sessions)))
-            # Without waiting there would be three.
-            if len(target.forwards) - before < 3:
-                break
-        else:
-            pytest.fail("no rounds share a forward")
-        # A session that does not come back is waited for once, and only until it is late.
-        await asyncio.wait_for(run_round(sessions[0][0], number + 1, 0.0), TIMEOUT_SECONDS)
 
 
 async def test_a_failing_round_does_not_harm_others_in_its_forward(tiny: Target, reference_text: ReferenceText) -> None:
@@ -298,33 +162,6 @@ async def test_rounds_on_a_lost_device_are_answered_and_the_engine_ends(
         assert scheduler.stalled_seconds == float("inf")
         with pytest.raises(VerifierRefused, match="it is going to restart"):
             await submit_opening(scheduler, target)[1].result()
-
-
-async def test_cache_pages_of_closed_sessions_are_reused(tiny: Target) -> None:
-    async with running_scheduler(tiny) as scheduler:
-        for _ in range(5):
-            session, reply = submit_opening(scheduler, tiny)
-            await reply.result()
-            scheduler.release(session)
-        (pool,) = scheduler._caches.pools
-        assert len(pool.slabs) <= 2
-
-
-async def test_memory_of_closed_sessions_goes_back(tiny: Target, reference_text: ReferenceText) -> None:
-    async with running_scheduler(tiny) as scheduler:
-        for _ in range(2):
-            opened = [submit_opening(scheduler, tiny, prompt=[*PROMPT, k]) for k in range(8)]
-            for session, reply in opened:
-                await reply.result()
-                scheduler.release(session)
-            (pool,) = scheduler._caches.pools
-            await scheduler.release_unused_memory(300.0)
-            assert scheduler.retained_tokens and any(slab.numel() for slab in pool.slabs)
-            # The pages that become free by the first call were not needed until the second.
-            for _ in range(2):
-                await scheduler.release_unused_memory(0.0)
-            assert not scheduler.retained_tokens and not any(slab.numel() for slab in pool.slabs)
-        assert (await submit_opening(scheduler, tiny)[1].result()).tokens == reference_text(PROMPT, 1)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from cloud_verifier.registry.adapter import is_plain_lora
 from cloud_verifier.registry.compatibility import check_compatibility
 from edge_runtime.protocol.errors import TargetError
 from edge_runtime.protocol.sampling import Sampling
-from tests.cloud_verifier.engine.test_scheduler import running_scheduler
+from tests.cloud_verifier.engine.recording_target import running_scheduler
 from tests.cloud_verifier.model.architectures import save_architecture
 from tests.cloud_verifier.model.test_conformance import MARGIN, NEW_TOKENS, TargetText, assert_text_equal
 from tests.cloud_verifier.target_versions import make_target

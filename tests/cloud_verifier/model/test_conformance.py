@@ -30,7 +30,7 @@ from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target
 from edge_runtime.protocol.messages import PROTOCOL_VERSION, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
-from tests.cloud_verifier.engine.test_scheduler import running_scheduler, submit_opening
+from tests.cloud_verifier.engine.recording_target import running_scheduler, submit_opening
 from tests.cloud_verifier.model.architectures import ARCHITECTURES, CHUNK, CONTEXT, WINDOW, save_architecture
 from tests.models import VOCABULARY_SIZE
 

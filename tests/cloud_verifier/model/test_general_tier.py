@@ -28,7 +28,7 @@ from edge_runtime.protocol.errors import TargetError, VerifierRefused
 from edge_runtime.protocol.messages import PROTOCOL_VERSION, ErrorCode, RoundRequest
 from edge_runtime.protocol.sampling import Sampling
 from edge_runtime.verifier import VerifierClient, VerifierSession
-from tests.cloud_verifier.engine.test_scheduler import RecordingTarget, running_scheduler, submit_opening
+from tests.cloud_verifier.engine.recording_target import RecordingTarget, running_scheduler, submit_opening
 from tests.cloud_verifier.model.architectures import XLSTM, save_architecture
 from tests.cloud_verifier.model.test_conformance import TargetText, assert_text_equal
 from tests.conftest import serving

@@ -15,7 +15,7 @@ from cloud_verifier.model.reference import generate_reference
 from cloud_verifier.model.target import Target, load_model
 from edge_runtime.protocol.errors import TargetError
 from edge_runtime.protocol.sampling import Sampling
-from tests.cloud_verifier.engine.test_scheduler import running_scheduler, submit_opening
+from tests.cloud_verifier.engine.recording_target import running_scheduler, submit_opening
 from tests.models import save_target
 
 PROMPT, TOKENS = [17, 30, 205, 9, 77], 24
